@@ -188,11 +188,12 @@ def validate(
     new = _new_units(source.model, result.model)
     _check_memory(source, has_trial_steps=False, option="--source")
     _check_memory(result, has_trial_steps=bool(new), option="--result")
-    texts = {
-        kind: _read(kind, source.lineage, result.lineage, named=named, limit=limit)
-        for kind, named in (("kept", kept), ("target", target))
-    }
-    documents = [one for kind, _ in texts.values() for each in kind.values() for one in each]
+    texts, missing_reasons = dict[str, _Documents](), dict[str, str]()
+    for kind, named in (("kept", kept), ("target", target)):
+        texts[kind], missing_reasons[kind] = _read(
+            kind, source.lineage, result.lineage, named=named, limit=limit
+        )
+    documents = [one for kind in texts.values() for each in kind.values() for one in each]
     ids = _sequences(source, result, documents)
     data = recorded_chat(result.lineage)
     with waiting(new_bar, "loading the source"):
@@ -218,8 +219,8 @@ def validate(
         _equivalence(source, result, before, after),
         flow,
         Check.of_scaling((before.num_bytes, after.num_bytes), counted),
-        *_compare("kept", before, after, missing_reason=texts["kept"][1]),
-        *_compare("target", before, after, missing_reason=texts["target"][1]),
+        *_compare("kept", before, after, missing_reason=missing_reasons["kept"]),
+        *_compare("target", before, after, missing_reason=missing_reasons["target"]),
     ]
 
 
@@ -243,7 +244,7 @@ def _evaluate_side(
     side: Side,
     other: Side,
     ids: Tensor | None,
-    texts: Mapping[str, tuple[_Documents, str]],
+    texts: Mapping[str, _Documents],
     data: ChatChoice,
     new_bar: NewBar,
     *,
@@ -261,7 +262,7 @@ def _evaluate_side(
         tokenizer, owner = other.tokenizer, other
     load = partial(load_tokenizer, owner.folder)
     scores: dict[str, dict[str, PairedScores | None]] = {}
-    for kind, (of_kind, _) in texts.items():
+    for kind, of_kind in texts.items():
         scores[kind] = dict.fromkeys(of_kind)
         for domain, documents in of_kind.items():
             if tokenizer is None:

@@ -200,7 +200,8 @@ class _Rows:
         rows, columns = self._flags(lambda axis: axis.is_duplicate)
         if not (step.is_copy or bool(rows.any()) or bool(columns.any())):
             return None
-        std = step.noise * self._spread()[1]
+        _, deviation = self._spread()
+        std = step.noise * deviation
         std = _as_float32(
             std, std * _SUMMATION_ERROR, lambda: step.noise * float(self._source.double().std())
         )
