@@ -90,7 +90,7 @@ RATCHET = {
     "data": (24, 8_737),
     "evaluation": (16, 4_244),
     "integrations": (2, 796),
-    "methods": (45, 12_057),
+    "methods": (45, 12_055),
     "pipeline": (28, 7_075),
     "planning": (9, 2_050),
     "report": (15, 4_270),
@@ -100,14 +100,14 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_147, 249
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_145, 249
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "LoRA experts": (6, (
         "methods.experts", "checkpoints.expert_files", "cli.export_experts",
         "report.topics.experts",
     )),
-    "mixture of experts": (15, (
+    "mixture of experts": (14, (
         "methods.moe_routing", "core.expansions.moe", "core.expansions.moe_add",
         "core.expansions.moe_children", "core.stock_routers",
         "pipeline.moe", "pipeline.stages.appended", "planning.upcycling", "transform.children",

@@ -45,7 +45,6 @@ from tritter.data.options import RULES as DATA_RULES
 from tritter.data.options import NamedTextConfig
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.evaluation.options import RULES as EVALUATION_RULES
-from tritter.methods.moe_routing.options import appends_experts, expert_problems
 from tritter.options import Start, leaves, read_options
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
@@ -351,7 +350,7 @@ def start_problems(
         require_plain(folder, doing="training with experts=none", key="model.path")
     start = Start(source=source, trained=tuple(trained), folder=folder)
     return [
-        *expert_problems(config, source),
+        *config.adaptation.start_problems(config, source),
         *method_start_problems(config, source),
         *trainer_start_problems(config, source),
         *chain(*(m.kind.start_problems(m.options, config, start) for _, m in config.methods())),
@@ -520,9 +519,10 @@ def _children_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _averaging_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield reasons against averaging weights: rounding moves frozen ones, experts are added."""
+    adaptation = config.adaptation
     freezing_keys = {
         "expansion.llama_pro.new_blocks_only": any(s.new_blocks_only for s in config.expansion),
-        "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
+        "adaptation.freeze_base": adaptation.freeze_base and adaptation.is_used(config),
     }
     cause = next((f"{key} = true" for key, is_set in freezing_keys.items() if is_set), None)
     methods = (f"forgetting={one.name}" for one in config.forgetting if one.kind.freezes)

@@ -59,39 +59,45 @@ class AdaptationOptions:
         steps = min(steps, self.router_max_steps or steps)
         return 0 if self.router_update == "frozen" else steps
 
+    def is_used(self, config: RunRequest) -> bool:
+        """Return True if experts are appended, or were appended and are not open yet."""
+        model = config.model
+        return any(getattr(spec, "is_append", False) for spec in config.expansion) or (
+            model.model_type == "hf" and Path(model.path, _ADDED_EXPERTS_FILE).is_file()
+        )
 
-def expert_problems(config: RunRequest, source: Model) -> Iterator[Problem]:
-    """Yield keys of `moe_routing` and `adaptation` that would have no effect, or a wrong one.
+    def start_problems(self, config: RunRequest, source: Model) -> Iterator[Problem]:
+        """Yield keys of `moe_routing` and `adaptation` that would have no effect, or a wrong one.
 
-    Args:
-        config: the run.
-        source: the starting model.
-    """
-    has_experts = source.family.has_experts
-    target = target_model(source, config.expansion).family
-    is_known = target.has_table or target.model_type in SIGMOID_ROUTERS
-    if not (target.has_experts and is_known):
-        reason = "the model is dense and has no routers; use expansion=moe"
-        if target.has_experts:
-            reason = f"Tritter does not know the routers of {target.model_type}; remove the key"
-        yield from _without_effect("moe_routing", config.moe_routing, reason)
-    elif weight := config.moe_routing.hold_old:
-        key = "moe_routing.hold_old"
-        if not has_experts:
-            reason = "the starting model is dense and has no old routing to preserve; use 0"
-            yield Problem(key, weight, reason=reason)
-        if not config.text.old:
-            yield Problem(key, weight, reason="requires data.old; or leave it at 0")
-    for position, spec in enumerate(config.expansion):
-        if (own_rules := getattr(spec, "problems", None)) is not None:
-            yield from own_rules(config.expansion[:position], has_experts=has_experts)
-        if (teacher := getattr(spec, "teacher", None)) is not None:
-            yield from teacher_problems(teacher, source, key=f"expansion.{spec.name}.teacher")
-    if appends_experts(config):
-        yield from _adaptation_problems(config)
-    else:
-        reason = "no experts are being appended; use expansion=moe_add"
-        yield from _without_effect("adaptation", config.adaptation, reason)
+        Args:
+            config: the run.
+            source: the starting model.
+        """
+        has_experts = source.family.has_experts
+        target = target_model(source, config.expansion).family
+        is_known = target.has_table or target.model_type in SIGMOID_ROUTERS
+        if not (target.has_experts and is_known):
+            reason = "the model is dense and has no routers; use expansion=moe"
+            if target.has_experts:
+                reason = f"Tritter does not know the routers of {target.model_type}; remove the key"
+            yield from _without_effect("moe_routing", config.moe_routing, reason)
+        elif weight := config.moe_routing.hold_old:
+            key = "moe_routing.hold_old"
+            if not has_experts:
+                reason = "the starting model is dense and has no old routing to preserve; use 0"
+                yield Problem(key, weight, reason=reason)
+            if not config.text.old:
+                yield Problem(key, weight, reason="requires data.old; or leave it at 0")
+        for position, spec in enumerate(config.expansion):
+            if (own_rules := getattr(spec, "problems", None)) is not None:
+                yield from own_rules(config.expansion[:position], has_experts=has_experts)
+            if (teacher := getattr(spec, "teacher", None)) is not None:
+                yield from teacher_problems(teacher, source, key=f"expansion.{spec.name}.teacher")
+        if self.is_used(config):
+            yield from _adaptation_problems(config)
+        else:
+            reason = "no experts are being appended; use expansion=moe_add"
+            yield from _without_effect("adaptation", self, reason)
 
 
 def _without_effect(
@@ -105,14 +111,6 @@ def _changed(record: RoutingOptions | AdaptationOptions) -> dict[str, tuple[obje
     """Return the keys that differ from their defaults: key → (value, default)."""
     values, usual = values_of(record), values_of(type(record)())
     return {key: (value, usual[key]) for key, value in values.items() if value != usual[key]}
-
-
-def appends_experts(config: RunRequest) -> bool:
-    """Return True if experts are appended, or were appended and are not open yet."""
-    model = config.model
-    return any(getattr(spec, "is_append", False) for spec in config.expansion) or (
-        model.model_type == "hf" and Path(model.path, _ADDED_EXPERTS_FILE).is_file()
-    )
 
 
 def _adaptation_problems(config: RunRequest) -> Iterator[Problem]:
